@@ -199,6 +199,11 @@ def test_an_option_that_does_not_fit(name: str, options: dict[str, Any], message
         import_foreign(FOLDERS / name, base=BASE, **options)
 
 
+def test_positions_that_are_empty() -> None:
+    with pytest.raises(InvalidFile, match="positions: '' is not understood"):
+        import_foreign(FOLDERS / "hra", base=BASE, positions="")
+
+
 def test_positions_may_be_given() -> None:
     def places(name: str, **options: Any) -> list[str]:
         made = import_foreign(FOLDERS / name, base=BASE, **options)

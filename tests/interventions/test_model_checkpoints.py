@@ -236,6 +236,7 @@ REFUSED: list[tuple[Mapping[str, Tensor | None], dict[str, Any], str]] = [
     ({HEAD: torch.ones(7)}, {}, r"2 heads of 7, but tiny is 32 wide; check --base"),
     ({HEAD: torch.zeros(8)}, {}, "no head is changed; was it trained"),
     ({HEAD.replace("1.self", "4.self"): torch.ones(8)}, {}, "tiny has layers 0 to 3; check --base"),
+    (HEADS, {"positions": ""}, "positions: '' is not understood"),
     (HEADS, SILU, "^act: scaled and moved heads have none"),
     (JOLA | {GATE: None}, {}, r"1\.self_attn\.log_g2: missing, expected \[4, 1\]"),
     (JOLA | {GATE: torch.ones(4)}, {}, r"log_g2: shape \[4\], expected \[4, 1\]"),

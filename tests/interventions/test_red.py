@@ -133,3 +133,9 @@ def test_options_that_red_lacks(tmp_path: Path) -> None:
     path, _ = delta_vector(tmp_path, LLAMA)
     with pytest.raises(ConfigError, match="layer: a file of RED's has none; leave it out"):
         import_foreign(path, base=BASE, layer=[1])
+
+
+def test_positions_that_are_empty(tmp_path: Path) -> None:
+    path, _ = delta_vector(tmp_path, LLAMA)
+    with pytest.raises(InvalidFile, match="positions: '' is not understood"):
+        import_foreign(path, base=BASE, positions="")

@@ -59,7 +59,7 @@ def import_checkpoint(
             f"{path}: a model's weights, without edits of LoFiT, JoLA or steerling among them; only"
             " edits can be imported."
         )
-    where = positions or "all"
+    where = "all" if positions is None else positions
     if not steerling.has_edits(found):
         if act is not None:
             raise ConfigError("act: scaled and moved heads have none; leave it out.", param="act")
