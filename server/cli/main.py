@@ -173,9 +173,10 @@ def _usage(error: TyperException) -> str:
         return message
     context = getattr(error, "ctx", None)
     params = context.command.params if context else ()
-    options = {name for one in params for name in one.opts}
+    names = {name for one in params for name in one.opts}
     extra = _EXTRA.match(message)
-    if extra and "--model" in options:  # as other servers' commands take it
+    # As other servers' commands take it. Behind an argument it would be another of its kind.
+    if extra and "--model" in names and all(name.startswith("-") for name in names):
         message += f". A model is given by --model {extra[1]}"
     end = "" if message.endswith((".", "?")) else "."
     return f"reft: {message}{end} --help lists what there is."

@@ -39,6 +39,7 @@ def test_a_command_has_one_whole_line_on_eighty_columns() -> None:
         (["serve", "demo"], ". A model is given by --model demo. --help"),
         (["serve", "a/b", "c"], ". A model is given by --model a/b. --help"),
         (["ls", "a", "b"], " (a b). --help"),
+        (["train", "a.jsonl", "b.jsonl"], " (b.jsonl). --help"),
     ],
 )
 def test_a_model_that_is_no_option_is_told_to_be_one(
