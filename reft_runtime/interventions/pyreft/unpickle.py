@@ -236,8 +236,13 @@ def _check_pickle(file: BinaryIO) -> None:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("a compressed archive, which torch.save does not write")
         programs = [entry for entry in entries if entry.filename.endswith("data.pkl")]
-        if len(programs) != 1 or programs[0].file_size > _MAX_PROGRAM_BYTES:
+        if len(programs) != 1:
             raise ValueError("not an archive of one state dict")
+        if (size := programs[0].file_size) > _MAX_PROGRAM_BYTES:
+            raise ValueError(
+                f"its pickle has {size} bytes, and at most {_MAX_PROGRAM_BYTES} are read; save"
+                " fewer tensors in it"
+            )
         for operation, argument, _ in pickletools.genops(archive.read(programs[0])):
             if operation.name in ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
                 wanted = str(argument)
