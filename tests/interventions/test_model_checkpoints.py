@@ -302,6 +302,15 @@ def test_wide_floats_are_narrowed(suffix: str, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in made.tensors.values()} == {torch.float32}
 
 
+def test_shards_of_another_save_are_not_counted(tmp_path: Path) -> None:
+    for count in ("2", "3"):
+        save_file(HEADS, tmp_path / f"model-00001-of-0000{count}.safetensors")
+    with pytest.raises(InvalidFile, match="has 1 of the 2 files that model-00001-of-00002"):
+        import_foreign(tmp_path, base=BASE)
+    with pytest.raises(InvalidFile, match="has 1 of the 3 files that model-00001-of-00003"):
+        import_foreign(tmp_path / "model-00001-of-00003.safetensors", base=BASE)
+
+
 def test_no_more_than_the_edits_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpickle, "MAX_PICKLE_BYTES", 4096)
     monkeypatch.setattr(unpickle, "MAX_TENSOR_BYTES", 4096)

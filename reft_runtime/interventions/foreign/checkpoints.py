@@ -72,14 +72,13 @@ def import_checkpoint(
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of the checkpoint, of the kind that was named or of the first that is there."""
-    folder, named = folder_of(path), _FILE.fullmatch(path.name)
-    kinds = [named["kind"]] if named and not os.path.isdir(path) else ["safetensors", "bin"]
+    """The files of the save that was named, or of the first that is there, the whole one first."""
+    folder = folder_of(path)
     there = [match for name in sorted(os.listdir(folder)) if (match := _FILE.fullmatch(name))]
-    kind = next(kind for kind in kinds if any(each["kind"] == kind for each in there))
-    files = [each for each in there if each["kind"] == kind]
-    files = [each for each in files if each["count"] is None] or files
-    count = int(files[0]["count"] or 1)
+    named = None if os.path.isdir(path) else _FILE.fullmatch(path.name)
+    one = named or min(there, key=lambda each: (each["kind"] == "bin", each["count"] or ""))
+    files = [each for each in there if each.group("kind", "count") == one.group("kind", "count")]
+    count = int(one["count"] or 1)
     if len(files) != count:
         raise InvalidFile(
             f"{folder}: has {len(files)} of the {count} files that {files[0][0]} is one of; its"
