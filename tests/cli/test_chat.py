@@ -402,6 +402,7 @@ def test_who_is_asked(url: str, options: list[str], monkeypatch: pytest.MonkeyPa
 def test_a_terminal(url: str, tmp_path: Path) -> None:
     """Ctrl-C clears what is typed, the history is kept, and Ctrl-D ends."""
     ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)  # a key for a command that has just ended would wait for ever
     command = "from server.cli.main import main; main()"
     environment = {**os.environ, "REFT_URL": url, "REFT_CACHE": str(tmp_path), "TERM": "dumb"}
     chat = subprocess.Popen(
@@ -443,8 +444,8 @@ def _ended(chat: subprocess.Popen[bytes], terminal: int) -> None:
     deadline = time.monotonic() + 60
     while chat.poll() is None:
         assert time.monotonic() < deadline
-        os.write(terminal, b"\x04")
         with contextlib.suppress(OSError):  # the other side has gone
+            os.write(terminal, b"\x04")
             while select.select([terminal], [], [], 1)[0] and os.read(terminal, 4096):
                 pass
 
