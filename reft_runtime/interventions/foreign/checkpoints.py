@@ -59,13 +59,12 @@ def import_checkpoint(
             f"{path}: a model's weights, without edits of LoFiT, JoLA or steerling among them; only"
             " edits can be imported."
         )
-    where = "all" if positions is None else positions
     if not steerling.has_edits(found):
         if act is not None:
             raise ConfigError("act: scaled and moved heads have none; leave it out.", param="act")
-        edits, training = heads.head_edits(found, base, where)
+        edits, training = heads.head_edits(found, base, positions)
     else:
-        edits, training = steerling.steering(found, base, where, act)
+        edits, training = steerling.steering(found, base, positions, act)
         if positions is None:
             training["assumed"] = steerling.ASSUMED
     return Intervention.build(base, edits, template=template, training=training)

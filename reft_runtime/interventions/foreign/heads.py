@@ -29,7 +29,7 @@ _AS_WIDE_AS_HIDDEN = frozenset({"LlamaForCausalLM", _QWEN})
 
 
 def head_edits(
-    weights: Mapping[str, Tensor], base: BaseShape, positions: str
+    weights: Mapping[str, Tensor], base: BaseShape, positions: str | None
 ) -> tuple[list[Edit], dict[str, str]]:
     """The edits of all layers that are changed, and whose they are.
 

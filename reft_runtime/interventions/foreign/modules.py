@@ -35,7 +35,7 @@ def by_module(
 
 def edit_at(
     base: BaseShape,
-    positions: str,
+    positions: str | None,
     place: str,
     kind: str,
     tensors: Mapping[str, Tensor],
@@ -43,7 +43,8 @@ def edit_at(
 ) -> Edit:
     """An edit at a module's path with `.input` or `.output` behind it, as wide as its tensors are.
 
-    Raises `InvalidFile` for a layer that the base model does not have.
+    It is at `all` positions unless others are given. Raises `InvalidFile` for a layer that the base
+    model does not have.
     """
     written = re.sub(r"\.(\d{1,4})(?=\.)", r"[\1]", place)
     number = re.search(r"\[(\d+)\]", written)
@@ -54,4 +55,5 @@ def edit_at(
         )
     width = next(iter(tensors.values())).shape[-1]
     other = None if width == base.hidden_size else width
-    return Edit(layer, positions, tensors, kind, component, act, other)
+    where = "all" if positions is None else positions
+    return Edit(layer, where, tensors, kind, component, act, other)

@@ -101,7 +101,6 @@ def import_peft(
     tuner = _TUNERS[method]
     _check(config, tuner)
     edits = []
-    where = "all" if positions is None else positions
     weights = read_weights(path, FILES)
     for module, found in by_module(weights, tuner.weights, method, _PREFIX).items():
         try:
@@ -111,7 +110,7 @@ def import_peft(
             raise InvalidFile(
                 f"{module[:200]}.{name}: shape {list(tensor.shape)}, expected {error}."
             ) from None
-        edits.append(edit_at(base, where, f"{module}.{side}", kind, tensors))
+        edits.append(edit_at(base, positions, f"{module}.{side}", kind, tensors))
     edits.sort(key=lambda edit: edit.layer)
     training = {"source": "PEFT", "method": method}
     return Intervention.build(base, edits, template=template, training=training)

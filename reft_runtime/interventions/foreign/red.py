@@ -61,7 +61,6 @@ def import_red(
                 " for that; only layer types all, scaling and bias can be served."
             )
     endings = [f"delta_vector.{each}" for each in (_SCALING, _BIAS)]
-    where = "all" if positions is None else positions
     edits = []
     for module, found in by_module(weights, endings, "RED").items():
         width = next(iter(found.values())).shape[-1:].numel()
@@ -79,7 +78,7 @@ def import_red(
             "s": found.get(_SCALING, torch.ones(1, width))[0].float(),
             "b": found.get(_BIAS, torch.zeros(1, width))[0].float(),
         }
-        edits.append(edit_at(base, where, f"{module}.output", "red", tensors))
+        edits.append(edit_at(base, positions, f"{module}.output", "red", tensors))
     edits.sort(key=lambda edit: edit.layer)
     training = {"source": "RED or BREP"} | ({"assumed": ASSUMED} if positions is None else {})
     return Intervention.build(base, edits, template=template, training=training)

@@ -38,7 +38,7 @@ def has_edits(weights: Mapping[str, Tensor]) -> bool:
 
 
 def steering(
-    weights: Mapping[str, Tensor], base: BaseShape, positions: str, act: str | None
+    weights: Mapping[str, Tensor], base: BaseShape, positions: str | None, act: str | None
 ) -> tuple[list[Edit], dict[str, str]]:
     """The edits, by layer, and whose they are; `act` is that of adapters, `linear` for none.
 
